@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from merging.maths import order_statistics
 from merging.maths.kernels.switch import run_kernel
+from merging.maths.kernels.workspaces import make_workspace
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.reductions import State
 
@@ -74,6 +75,7 @@ class KeyTally:
         """Take in the keys of a model's float32 changes: of its stored values, minus the base's if there is one."""
         low, high, shift = self.range[:3]
         none, bounds = torch.empty(0, dtype=torch.int64), torch.tensor([low, high - low, shift])
+        space = make_workspace(1), make_workspace(2, torch.int32)
         numbers = torch.tensor([0, 0, 0, 1 << 62, -1 << 62, 0, 0])
         while int(numbers[0]) < len(values):
             with torch.inference_mode():
@@ -84,7 +86,7 @@ class KeyTally:
                 none.int() if self.listed is None else self.listed,
                 none if self.counts is None else self.counts,
             )
-            arguments = (values, base, magnitudes, bounds, int(numbers[0]), listed, counts, numbers)
+            arguments = (values, base, magnitudes, bounds, int(numbers[0]), listed, counts, *space, numbers)
             if not run_kernel("keys.gather_keys", *arguments):
                 return self._add_decoded(values.float() if base is None else values.float() - base.float(), magnitudes)
             self.waiting = int(numbers[2])

@@ -95,7 +95,7 @@ def watch_merges(clock: Clock) -> None:
 def profile_case(case: Case, folder: Path, output: Path, threads: int) -> dict[str, float]:
     """Merge twice, and return the core seconds of each part of the second merge, and the waiting.
 
-    Compiled code is loaded by the first one, which takes a third of a second whatever the size.
+    Compiled code is loaded by the first one, which takes a few hundredths of a second whatever the size.
     """
     merging = import_everything()
     merging.merge(**case.arguments(folder), output=str(output), threads=threads)

@@ -224,22 +224,43 @@ def test_files_have_the_same_bytes(use: Use, tmp_path: Path, method: str, parame
 
 
 LOAD = """
+import sys
 from torch import empty, ones
 from merging.maths.kernels.switch import run_kernel, switch_kernels
-switch_kernels(0)
-print(run_kernel("tiles.find_extremes", ones(9), empty(1)))
+used = switch_kernels(int(sys.argv[1]))
+print(used, run_kernel("tiles.find_extremes", ones(9), empty(1)), "numba" in sys.modules, "llvmlite" in sys.modules)
 """
+
+
+def load_kernel(folder: Path, choice: str = "", nbytes: int = 1 << 30) -> str:
+    """Run a kernel in a process, and return whether kernels are used, it ran, and numba and LLVM were imported."""
+    environment = os.environ | {switch.SWITCH: choice, "NUMBA_CACHE_DIR": str(folder)}
+    command = [sys.executable, "-c", LOAD, str(nbytes)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.exhaustive
+def test_only_compiling_imports_numba(tmp_path: Path) -> None:
+    """Without kept code nothing is imported; with it, LLVM alone."""
+    assert load_kernel(tmp_path) == "False False False False"
+    assert load_kernel(tmp_path, "on") == "True True True True"
+    assert load_kernel(tmp_path) == "True True False True"
+    assert load_kernel(tmp_path, "off") == "False False False False"
+    assert load_kernel(tmp_path, nbytes=1000) == "False False False False"
 
 
 @pytest.mark.exhaustive
 def test_damaged_code_on_the_disk_is_compiled_again(tmp_path: Path) -> None:
-    environment = os.environ | {switch.SWITCH: "on", "NUMBA_CACHE_DIR": str(tmp_path)}
+    assert load_kernel(tmp_path, "on") == "True True True True"
+    (path,) = tmp_path.rglob("*.o")
+    path.write_bytes(path.read_bytes()[:100])
+    assert load_kernel(tmp_path) == "True False False True"
+    assert load_kernel(tmp_path, "on") == "True True True True"
+    assert load_kernel(tmp_path, "on") == "True True False True"
 
-    def load() -> str:
-        done = subprocess.run([sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
 
-    assert load() == "True"
-    for path in tmp_path.rglob("*.nbc"):
-        path.write_bytes(path.read_bytes()[:100])
-    assert [load(), load()] == ["False", "True"]
+@pytest.mark.exhaustive
+def test_a_folder_that_cannot_be_written_fails_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert load_kernel(tmp_path / "file", "on") == "True True True True"
+    assert load_kernel(tmp_path / "file") == "False False False False"

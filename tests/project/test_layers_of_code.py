@@ -189,7 +189,18 @@ def test_maths_imports_nothing_but_maths(name: str) -> None:
     if name == LAZY_TORCH:
         allowed |= {"pydantic_core", "sys", "types"}
     if under(name, "merging.maths.kernels"):
-        allowed |= {"contextlib", "llvmlite", "logging", "numba", "numpy", "os", "pathlib"}
+        allowed |= {
+            "contextlib",
+            "ctypes",
+            "hashlib",
+            "llvmlite",
+            "logging",
+            "numba",
+            "numpy",
+            "os",
+            "pathlib",
+            "threading",
+        }
     for each in imports(name):
         if under(each.module, "merging"):
             assert room_of(each.module) in ("maths", "methods", "display", "errors", "type_checks"), each

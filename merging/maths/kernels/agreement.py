@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
 from numba import float32, int32, njit
 
-from merging.maths.kernels.scalars import CHUNK, change_row, kernel, multiply_add
+from merging.maths.kernels.scalars import change_row, kernel, multiply_add
+from merging.maths.kernels.workspaces import CHUNK
 
 __all__ = ["count_signs", "merge_agreeing"]
 
@@ -34,7 +34,16 @@ def _add_votes(changes: Any, vote: Any, starts: Any, votes: Any) -> None:
 
 @kernel
 def merge_agreeing(
-    values: Any, base: Any, below: Any, votes: Any, weights: Any, numbers: Any, normalize: Any, fused: Any, out: Any
+    values: Any,
+    base: Any,
+    below: Any,
+    votes: Any,
+    weights: Any,
+    numbers: Any,
+    normalize: Any,
+    fused: Any,
+    work: Any,
+    out: Any,
 ) -> None:
     """Write the mean, or the sum, of the changes that have the elected sign.
 
@@ -47,12 +56,12 @@ def merge_agreeing(
         numbers: the sign where votes cancel out, and the factor of the result.
         normalize: divide by the sum of the weights that agree.
         fused: see :func:`~merging.maths.kernels.switch.fuses`.
+        work: space, ``[n + 3, CHUNK]`` float32.
         out: receives the result, ``[size]`` float32.
     """
     n, size = values.shape
     zero, one = float32(0), float32(1)
-    trimmed, signs = numpy.empty((n, CHUNK), numpy.float32), numpy.empty(CHUNK, numpy.float32)
-    total, mass = numpy.empty_like(signs), numpy.empty_like(signs)
+    trimmed, signs, total, mass = work[:n], work[n], work[n + 1], work[n + 2]
     otherwise, scale = numbers[0], numbers[1]
     for first in range(0, size, CHUNK):
         count = min(CHUNK, size - first)
@@ -89,7 +98,7 @@ def merge_agreeing(
 
 
 @kernel
-def count_signs(values: Any, base: Any, below: Any, votes: Any, out: Any) -> None:
+def count_signs(values: Any, base: Any, below: Any, votes: Any, work: Any, out: Any) -> None:
     """Write how many more elements elect + than -.
 
     Args:
@@ -97,10 +106,11 @@ def count_signs(values: Any, base: Any, below: Any, votes: Any, out: Any) -> Non
         base: the base's, ``[size]``, or None where ``values`` are changes.
         below: of each model, the magnitude up to which changes are 0; negative where none are.
         votes: of each model, the factor of its change in the election.
+        work: space, ``[2, CHUNK]`` float32.
         out: receives the number, ``[1, 1]`` float64.
     """
     n, size = values.shape
-    own, signs = numpy.empty(CHUNK, numpy.float32), numpy.empty(CHUNK, numpy.float32)
+    own, signs = work[0], work[1]
     balance = 0
     for first in range(0, size, CHUNK):
         count = min(CHUNK, size - first)

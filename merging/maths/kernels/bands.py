@@ -6,7 +6,8 @@ from typing import Any
 
 from numba import float32
 
-from merging.maths.kernels.scalars import CHUNK, change_row, kernel
+from merging.maths.kernels.scalars import change_row, kernel
+from merging.maths.kernels.workspaces import CHUNK
 
 __all__ = ["keep_band"]
 

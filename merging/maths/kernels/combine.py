@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
-from numba import float32, int32
+from numba import float32
 
-from merging.maths.kernels.scalars import CHUNK, change_row, kernel, multiply_add
+from merging.maths.kernels.scalars import change_row, kernel, multiply_add
+from merging.maths.kernels.workspaces import CHUNK
 
 __all__ = ["add_weighted", "keep_agreed", "take_largest"]
 
 
 @kernel
-def add_weighted(values: Any, base: Any, weights: Any, fused: Any, out: Any) -> None:
+def add_weighted(values: Any, base: Any, weights: Any, fused: Any, work: Any, out: Any) -> None:
     """Write the weighted sum of the changes, in order.
 
     Args:
@@ -21,13 +21,13 @@ def add_weighted(values: Any, base: Any, weights: Any, fused: Any, out: Any) -> 
         base: the base's, ``[size]``, or None where ``values`` are summed.
         weights: of each model, the factor of its change.
         fused: see :func:`~merging.maths.kernels.switch.fuses`.
+        work: space, ``[1, CHUNK]`` float32.
         out: receives the sum, ``[size]`` float32.
     """
     n, size = values.shape
-    buffer = numpy.empty(CHUNK, numpy.float32)
     for first in range(0, size, CHUNK):
         count = min(CHUNK, size - first)
-        own, total = buffer[:count], out[first : first + count]
+        own, total = work[0, :count], out[first : first + count]
         for i in range(n):
             weight = weights[i]
             change_row(values[i], base, first, own)
@@ -40,21 +40,21 @@ def add_weighted(values: Any, base: Any, weights: Any, fused: Any, out: Any) -> 
 
 
 @kernel
-def take_largest(values: Any, base: Any, weights: Any, out: Any) -> None:
+def take_largest(values: Any, base: Any, weights: Any, work: Any, out: Any) -> None:
     """Write the weighted change of largest magnitude, the positive one of two.
 
     Args:
         values: the models' values, ``[n, size]``, none of them NaN.
         base: the base's, ``[size]``, or None where ``values`` are changes.
         weights: of each model, the factor of its change; the last number multiplies the result.
+        work: space, ``[2, CHUNK]`` float32.
         out: receives the result, ``[size]`` float32.
     """
     n, size = values.shape
-    buffer, low = numpy.empty(CHUNK, numpy.float32), numpy.empty(CHUNK, numpy.float32)
-    scale = weights[n]
+    low, scale = work[1], weights[n]
     for first in range(0, size, CHUNK):
         count = min(CHUNK, size - first)
-        own, high = buffer[:count], out[first : first + count]
+        own, high = work[0, :count], out[first : first + count]
         for i in range(n):
             weight = weights[i]
             change_row(values[i], base, first, own)
@@ -73,7 +73,7 @@ def take_largest(values: Any, base: Any, weights: Any, out: Any) -> None:
 
 
 @kernel
-def keep_agreed(values: Any, base: Any, weights: Any, numbers: Any, agree: Any, out: Any) -> None:
+def keep_agreed(values: Any, base: Any, weights: Any, numbers: Any, agree: Any, work: Any, out: Any) -> None:
     """Write the sum of the weighted changes, 0 where too few models need it.
 
     Args:
@@ -82,11 +82,12 @@ def keep_agreed(values: Any, base: Any, weights: Any, numbers: Any, agree: Any, 
         weights: of each model, the factor of its change.
         numbers: the share of the others' change that a model's own must reach, and the factor of the result.
         agree: the number of models that must need an entry.
+        work: space, ``[n + 1, CHUNK]`` float32.
         out: receives the result, ``[size]`` float32.
     """
     n, size = values.shape
-    changes, needed = numpy.empty((n, CHUNK), numpy.float32), numpy.empty(CHUNK, numpy.int32)
-    threshold, scale = numbers[0], numbers[1]
+    changes, needed = work[:n], work[n]
+    threshold, scale, least = numbers[0], numbers[1], float32(agree)
     for first in range(0, size, CHUNK):
         count = min(CHUNK, size - first)
         total = out[first : first + count]
@@ -105,6 +106,6 @@ def keep_agreed(values: Any, base: Any, weights: Any, numbers: Any, agree: Any, 
         for i in range(n):
             own = changes[i, :count]
             for j in range(count):
-                needed[j] += int32(abs(own[j]) >= threshold * abs(total[j] - own[j]))
+                needed[j] += float32(abs(own[j]) >= threshold * abs(total[j] - own[j]))
         for j in range(count):
-            total[j] = total[j] * float32(needed[j] >= agree) * scale
+            total[j] = total[j] * float32(needed[j] >= least) * scale

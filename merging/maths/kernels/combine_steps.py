@@ -8,6 +8,7 @@ from typing import Any
 from merging.maths.delta import Stack
 from merging.maths.kernels.steps import numbers_of, stored_values
 from merging.maths.kernels.switch import fuses, run_kernel
+from merging.maths.kernels.workspaces import make_workspace
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.stored_values import StoredValues
 
@@ -23,7 +24,7 @@ def take_largest(stack: Stack, weights: Sequence[Any], scale: Any) -> Tensor | N
     if stored is None or numbers is None or stored.base is None or bool((numbers <= 0).any()):
         return None
     out = _like(stored)
-    ran = run_kernel("combine.take_largest", stored.values, stored.base, numbers, out)
+    ran = run_kernel("combine.take_largest", stored.values, stored.base, numbers, make_workspace(2), out)
     return out.view(stored.shape) if ran else None
 
 
@@ -34,7 +35,8 @@ def keep_agreed(stack: Stack, *, weights: Sequence[Any], threshold: float, agree
     if stored is None or numbers is None or rest is None:
         return None
     out = _like(stored)
-    ran = run_kernel("combine.keep_agreed", stored.values, stored.base, numbers, rest, agree, out)
+    arguments = (stored.values, stored.base, numbers, rest, agree, make_workspace(len(stack) + 1), out)
+    ran = run_kernel("combine.keep_agreed", *arguments)
     return out.view(stored.shape) if ran else None
 
 
@@ -44,7 +46,8 @@ def write_variances(stack: Stack) -> Tensor | None:
     if stored is None or len(stack) < 2:
         return None
     out, share = _like(stored), torch.tensor([1 / len(stack)])
-    ran = run_kernel("variances.write_variances", stored.values, stored.base, share, fuses(), out)
+    arguments = (stored.values, stored.base, share, fuses(), make_workspace(len(stack) + 1), out)
+    ran = run_kernel("variances.write_variances", *arguments)
     return out.view(stored.shape) if ran else None
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy
 from numba import float32, njit
 
-from merging.maths.kernels.scalars import CHUNK, change_row, kernel
+from merging.maths.kernels.scalars import change_row, kernel
+from merging.maths.kernels.workspaces import CHUNK
 
 __all__ = ["merge_competing", "prepare_scores"]
 
@@ -29,6 +30,7 @@ def prepare_scores(
     linear: Any,
     places: Any,
     found: Any,
+    work: Any,
 ) -> None:
     """Write the exponent of each score, and the product whose hyperbolic tangent is its other factor.
 
@@ -43,9 +45,10 @@ def prepare_scores(
         linear: the largest number whose tanh is the number itself.
         places: receives the flat positions of larger products, int32, as long as there is room.
         found: receives their number, int64.
+        work: space, ``[n + 1, CHUNK]`` float32.
     """
     n, size = exponents.shape
-    own, total, many = numpy.empty((n, CHUNK), numpy.float32), numpy.empty(CHUNK, numpy.float32), float32(n)
+    own, total, many = work[:n], work[n], float32(n)
     less, limit, taken = float32(1 if n >= 40 else 0), float32(linear), 0
     for start in range(0, size, CHUNK):
         count = min(CHUNK, size - start)
@@ -92,6 +95,7 @@ def merge_competing(
     scale: Any,
     powers: Any,
     agreements: Any,
+    work: Any,
     out: Any,
 ) -> None:
     """Write the mean of clipped changes, weighted by their scores.
@@ -106,11 +110,11 @@ def merge_competing(
         scale: the factor of the result.
         powers: one factor of the scores, ``[n, size]`` float32.
         agreements: the other factor of the scores, ``[n, size]`` float32.
+        work: space, ``[3, CHUNK]`` float32.
         out: receives the merged elements, ``[size]`` float32.
     """
     n, size = powers.shape
-    own, total = numpy.empty(CHUNK, numpy.float32), numpy.empty(CHUNK, numpy.float32)
-    mass = numpy.empty_like(total)
+    own, total, mass = work[0], work[1], work[2]
     times, least = float32(scale), float32(1e-12)
     for start in range(0, size, CHUNK):
         count = min(CHUNK, size - start)

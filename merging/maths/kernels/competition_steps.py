@@ -9,6 +9,7 @@ from typing import Any
 from merging.maths.delta import Stack
 from merging.maths.kernels.steps import numbers_of, stored_values
 from merging.maths.kernels.switch import run_kernel
+from merging.maths.kernels.workspaces import make_workspace
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.stored_values import StoredValues
 
@@ -60,12 +61,12 @@ class Competition:
         stored, shares, factor = stored_values(stack, *weights, scale), numbers_of(*weights), numbers_of(scale)
         if stored is None or shares is None or factor is None:
             return None
-        out = torch.empty(stored.values.shape[1], dtype=torch.float32)
+        out, work = torch.empty(stored.values.shape[1], dtype=torch.float32), make_workspace(3)
         numbers = self.ends.float(), tops.float(), shares, float(factor)
         for piece in self._pieces(stored):
             if piece is None:
                 return None
-            scores = piece.powers, piece.agreements, out[piece.first : piece.first + piece.size]
+            scores = piece.powers, piece.agreements, work, out[piece.first : piece.first + piece.size]
             if not run_kernel(
                 "competition.merge_competing", stored.values, stored.base, piece.first, *numbers, *scores
             ):
@@ -77,11 +78,12 @@ class Competition:
         n, size = stored.values.shape
         width = min(size, _PIECE)
         powers, agreements = torch.empty(n * width), torch.empty(n * width)
+        work = make_workspace(n + 1)
         places, found = torch.empty(n * width // _FEW, dtype=torch.int32), torch.empty(1, dtype=torch.int64)
         for first in range(0, size, max(1, width)):
             count = min(width, size - first)
             piece = _ScoreFactors(first, powers[: n * count].view(n, count), agreements[: n * count].view(n, count))
-            results = piece.powers, piece.agreements, TANH_IS_LINEAR, places, found
+            results = piece.powers, piece.agreements, TANH_IS_LINEAR, places, found, work
             arguments = stored.values, stored.base, first, self.ends.float(), self.signed, *results
             if not run_kernel("competition.prepare_scores", *arguments):
                 yield None

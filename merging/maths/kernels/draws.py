@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
 from numba import float32, int32, njit, uint32
 
-from merging.maths.kernels.scalars import CHUNK, change_row, kernel
+from merging.maths.kernels.scalars import change_row, kernel
+from merging.maths.kernels.workspaces import CHUNK
 
 __all__ = ["draw_row", "drop_uniformly", "keep_marked"]
 
@@ -26,7 +26,9 @@ def draw_row(start: Any, key: Any, salt: Any, out: Any) -> None:
 
 
 @kernel
-def drop_uniformly(values: Any, base: Any, start: Any, key: Any, salt: Any, limit: Any, divisor: Any, out: Any) -> None:
+def drop_uniformly(
+    values: Any, base: Any, start: Any, key: Any, salt: Any, limit: Any, divisor: Any, bits: Any, out: Any
+) -> None:
     """Write the changes of one model, 0 where they are dropped.
 
     Args:
@@ -37,13 +39,13 @@ def drop_uniformly(values: Any, base: Any, start: Any, key: Any, salt: Any, limi
         salt: the second one.
         limit: entries whose random bits are below it are kept.
         divisor: the kept changes are divided by it.
+        bits: space, ``[1, CHUNK]`` int32.
         out: receives the changes, ``[size]`` float32.
     """
-    bits = numpy.empty(CHUNK, numpy.int32)
     zero, one, whole = float32(0), float32(1), float32(divisor)
     for first in range(0, len(values), CHUNK):
         own = out[first : first + CHUNK]
-        mine = bits[: len(own)]
+        mine = bits[0, : len(own)]
         change_row(values, base, first, own)
         draw_row(start + first, key, salt, mine)
         if whole == one:

@@ -9,6 +9,7 @@ from functools import cache
 from merging.maths.delta import Stack
 from merging.maths.kernels.steps import limits_of, stored_values
 from merging.maths.kernels.switch import run_kernel
+from merging.maths.kernels.workspaces import make_workspace
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.randomness import draw_key, draw_limit
 from merging.maths.site import Site
@@ -32,11 +33,12 @@ def drop_uniformly(stack: Stack, site: Site, shares: Sequence[float], seed: int,
     stored = stored_values(stack)
     if stored is None or _crosses_words(site, stored.values.shape[1]):
         return None
-    out = torch.empty(stored.values.shape, dtype=torch.float32)
+    out, work = torch.empty(stored.values.shape, dtype=torch.float32), make_workspace(1, torch.int32)
     for model, values, share, into in zip(stack.models, stored.values, shares, out, strict=True):
         place = site.start % _WORD, *draw_key(site.start, seed, model, site.name)
         divisor = float(share) if divide and share else 1.0
-        if not run_kernel("draws.drop_uniformly", values, stored.base, *place, draw_limit(share), divisor, into):
+        arguments = (values, stored.base, *place, draw_limit(share), divisor, work, into)
+        if not run_kernel("draws.drop_uniformly", *arguments):
             return None
     return out.view(len(out), *stored.shape)
 
@@ -87,8 +89,10 @@ def drop_by_rank(stack: Stack, slot: int, site: Site, ranking: Ranking, out: Ten
     limits = (((steps.double() * 2**24).ceil().long() - (1 << 23)) * 256 - 1).int()
     marks, left = torch.empty(len(out), dtype=torch.uint8), torch.empty(len(out) // site.row, dtype=torch.uint8)
     place = site.start % _WORD, *draw_key(site.start, ranking.seed, stack.models[slot], site.name)
-    results = out, marks, left
-    if not run_kernel("ranks.drop_by_rank", stored.values[slot], stored.base, site.row, *place, limits, *results):
+    bins = min(4096, max(64, 1 << (site.row // 4 - 1).bit_length()))
+    space = torch.empty(4, site.row, dtype=torch.int32), torch.empty(6, bins + 1, dtype=torch.int32)
+    arguments = (stored.values[slot], stored.base, *place, limits, *space, out, marks, left)
+    if not run_kernel("ranks.drop_by_rank", *arguments):
         return None
     return RankedDrop(out.view(-1, site.row), marks.view(-1, site.row), left.nonzero().view(-1))
 
@@ -128,7 +132,7 @@ def sum_spans(stack: Stack) -> Tensor | None:
     values, base = stored.values, stored.base
     whole = values.shape[1] // SPAN
     sums = torch.empty(len(values), whole, dtype=torch.float32)
-    if not run_kernel("sums.sum_magnitudes", values, base, sums):
+    if not run_kernel("sums.sum_magnitudes", values, base, make_workspace(5).view(-1), sums):
         return None
     rest = values[:, whole * SPAN :].float()
     rest = rest if base is None else rest - base[whole * SPAN :].float()
@@ -139,5 +143,6 @@ def sum_spans(stack: Stack) -> Tensor | None:
 def _adds_alike() -> bool:
     """Return whether torch adds up numbers in the order of the kernel, as versions and processors may not."""
     numbers = torch.rand(64, SPAN, generator=torch.Generator().manual_seed(0))
-    sums = torch.empty(64, 1)
-    return run_kernel("sums.sum_magnitudes", numbers, None, sums) and torch.equal(sums, numbers.sum(-1, keepdim=True))
+    sums, work = torch.empty(64, 1), make_workspace(5).view(-1)
+    ran = run_kernel("sums.sum_magnitudes", numbers, None, work, sums)
+    return ran and torch.equal(sums, numbers.sum(-1, keepdim=True))

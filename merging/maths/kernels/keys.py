@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
 from numba import int32, int64, uint32
 
-from merging.maths.kernels.scalars import CHUNK, bits_of, change_row, kernel
+from merging.maths.kernels.scalars import bits_of, change_row, kernel
+from merging.maths.kernels.workspaces import CHUNK
 
 __all__ = ["gather_keys"]
 
 
 @kernel
 def gather_keys(
-    values: Any, base: Any, magnitudes: Any, bounds: Any, start: Any, listed: Any, counts: Any, out: Any
+    values: Any,
+    base: Any,
+    magnitudes: Any,
+    bounds: Any,
+    start: Any,
+    listed: Any,
+    counts: Any,
+    work: Any,
+    room: Any,
+    out: Any,
 ) -> None:
     """Gather the keys of one model's changes that are in a range, from element ``start`` on, until the list is full.
 
@@ -28,13 +37,14 @@ def gather_keys(
         start: the first element.
         listed: receives the keys, from position ``out[2]`` on: int32.
         counts: of each bin, the number of its keys, int64; without bins the keys are listed.
+        work: space, ``[1, CHUNK]`` float32.
+        room: space, ``[2, CHUNK]`` int32.
         out: int64 ``[7]``, which is added to: the element to go on from, the number of keys below the range, the number
             of listed keys, the least and the greatest key of the range, the greatest magnitude, and the number of keys
             of at most 0.
     """
     size = len(values)
-    own, keys = numpy.empty(CHUNK, numpy.float32), numpy.empty(CHUNK, numpy.int32)
-    found = numpy.empty(CHUNK + 1, numpy.int32)
+    own, keys, found = work[0], room[0], room[1]
     low, width, shift = int32(bounds[0]), bounds[1], bounds[2]
     last = uint32(width - 1)
     for first in range(start, size, CHUNK):
@@ -69,8 +79,10 @@ def gather_keys(
                 for j in range(inside):
                     counts[(int64(found[j]) >> shift) - origin] += 1
             else:
-                listed[out[2] : out[2] + inside] = found[:inside]
-                out[2] += inside
+                place = out[2]
+                for j in range(inside):
+                    listed[place + j] = found[j]
+                out[2] = place + inside
         out[1] += below
         out[5] = max(out[5], int64(greatest))
         out[6] += nonpositive

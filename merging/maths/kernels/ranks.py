@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
-from numba import float32, int32, njit, uint32
+from numba import float32, int32, uint32
 
 from merging.maths.kernels.draws import draw_row
 from merging.maths.kernels.scalars import bits_of, change_row, kernel
@@ -16,7 +15,7 @@ _FEW = 24
 """Elements of a row that are ranked one by one, at most."""
 
 
-@njit
+@kernel
 def _bin_row(keys: Any, bins: Any, starts: Any) -> None:
     """Sort the keys of a row into bins by size; keys of 0 have a bin of their own, the first.
 
@@ -34,14 +33,15 @@ def _bin_row(keys: Any, bins: Any, starts: Any) -> None:
         shift += 1
     for j in range(len(keys)):
         bins[j] = ((keys[j] - origin) >> int32(shift)) + int32(1) if keys[j] else int32(0)
-    starts[:] = 0
+    for b in range(count + 1):
+        starts[b] = 0
     for j in range(len(keys)):
         starts[uint32(bins[j]) + 1] += 1
     for b in range(count):
         starts[b + 1] += starts[b]
 
 
-@njit
+@kernel
 def _count_smaller(keys: Any, bins: Any, starts: Any, element: Any) -> Any:
     """Return the rank of one element of a row: the number of smaller ones, or of equal ones before it."""
     own, own_bin = keys[element], bins[element]
@@ -51,11 +51,13 @@ def _count_smaller(keys: Any, bins: Any, starts: Any, element: Any) -> Any:
     return smaller
 
 
-@njit
-def _rank_ties(keys: Any, bins: Any, starts: Any, bits: Any, limits: Any, states: Any) -> Any:
+@kernel
+def _rank_ties(keys: Any, bins: Any, tables: Any, bits: Any, limits: Any, states: Any) -> Any:
     """Decide on the elements of bins whose keys are all equal, by position; return the number left open."""
+    starts, last, mixed, filled = tables[0], tables[3], tables[4], tables[5]
     count = len(starts) - 1
-    last, mixed, filled = numpy.zeros(count, numpy.int32), numpy.zeros(count, numpy.int32), starts[:count].copy()
+    for b in range(count):
+        mixed[b], filled[b] = 0, starts[b]
     for j in range(len(keys)):
         last[uint32(bins[j])] = keys[j]
     for j in range(len(keys)):
@@ -76,29 +78,36 @@ def _rank_ties(keys: Any, bins: Any, starts: Any, bits: Any, limits: Any, states
 
 @kernel
 def drop_by_rank(
-    values: Any, base: Any, columns: Any, start: Any, key: Any, salt: Any, limits: Any, out: Any, marks: Any, left: Any
+    values: Any,
+    base: Any,
+    start: Any,
+    key: Any,
+    salt: Any,
+    limits: Any,
+    room: Any,
+    tables: Any,
+    out: Any,
+    marks: Any,
+    left: Any,
 ) -> None:
     """Write the changes of one model, 0 where they are dropped.
 
     Args:
         values: the model's values, ``[size]``, of whole rows.
         base: the base's, or None where ``values`` are changes.
-        columns: the elements of a row.
         start: the position of the first element in its tensor.
         key: the first word of the key of the place.
         salt: the second one.
         limits: the greatest random bits that keep an entry, by rank, rising, ``[columns]`` int32.
+        room: space for rows, ``[4, columns]`` int32.
+        tables: space for bins and one more, ``[6, bins + 1]`` int32.
         out: receives the changes, ``[size]`` float32.
         marks: receives 1 for kept entries and 0 for others, ``[size]`` uint8.
         left: receives 1 for each row that has too many close magnitudes and is written whole, 0 for others.
     """
-    count = 64
-    while count < columns // 4 and count < 4096:
-        count *= 2
-    keys, bins = numpy.empty(columns, numpy.int32), numpy.empty(columns, numpy.int32)
-    bits, states = numpy.empty(columns, numpy.int32), numpy.empty(columns, numpy.int32)
-    starts = numpy.empty(count + 1, numpy.int32)
-    least, most = numpy.empty(count, numpy.int32), numpy.empty(count, numpy.int32)
+    keys, bins, bits, states = room[0], room[1], room[2], room[3]
+    starts, least, most = tables[0], tables[1], tables[2]
+    columns, count = len(keys), len(starts) - 1
     for row in range(len(left)):
         first = row * columns
         own, mine = out[first : first + columns], marks[first : first + columns]
@@ -117,7 +126,7 @@ def drop_by_rank(
         for j in range(columns):
             unsure += states[j] == 1
         if unsure > _FEW:
-            unsure = _rank_ties(keys, bins, starts, bits, limits, states)
+            unsure = _rank_ties(keys, bins, tables, bits, limits, states)
         left[row] = unsure > _FEW
         if unsure > _FEW:
             continue

@@ -11,13 +11,14 @@ from llvmlite import ir
 from numba import float32, int16, njit, types, uint16, uint32
 from numba.extending import intrinsic, overload
 
-__all__ = ["CHUNK", "bits_of", "change_row", "decode", "encode", "kernel", "multiply_add"]
+__all__ = ["bits_of", "change_row", "decode", "encode", "kernel", "multiply_add"]
 
-CHUNK = 1024
-"""Elements that loops go through at once, so that what they compute of them stays in the nearest cache."""
+kernel = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)
+"""Decorator of kernels, and of functions that they call without inlining them.
 
-kernel = njit(cache=True, nogil=True, error_model="numpy")
-"""Decorator of kernels: no reordered sums and no fused products but by :func:`multiply_add`."""
+Sums are not reordered, and products are fused by :func:`multiply_add` alone. Nothing of numba or Python is called, so
+that the code runs without them: kernels work in the space that they are given, and cannot allocate any.
+"""
 
 
 def _bitcast(to: Any, llvm: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from merging.maths.coefficients import number
 from merging.maths.delta import Stack
 from merging.maths.kernels.switch import fuses, run_kernel, usable
+from merging.maths.kernels.workspaces import make_workspace
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.stored_values import StoredValues
 
@@ -73,8 +74,8 @@ def merge_agreeing(
     if stored is None or shares is None or ballots is None or rest is None:
         return None
     out = torch.empty(stored.values.shape[1], dtype=torch.float32)
-    limits = limits_of(thresholds)
-    arguments = (stored.values, stored.base, limits, ballots, shares, rest, normalize, fuses(), out)
+    numbers = limits_of(thresholds), ballots, shares, rest, normalize, fuses()
+    arguments = (stored.values, stored.base, *numbers, make_workspace(len(stack) + 3), out)
     return out.view(stored.shape) if run_kernel("agreement.merge_agreeing", *arguments) else None
 
 
@@ -84,7 +85,8 @@ def count_elected(stack: Stack, thresholds: Sequence[float | None], votes: Seque
     if stored is None or ballots is None:
         return None
     out = torch.empty(1, 1, dtype=torch.float64)
-    ran = run_kernel("agreement.count_signs", stored.values, stored.base, limits_of(thresholds), ballots, out)
+    arguments = (stored.values, stored.base, limits_of(thresholds), ballots, make_workspace(2), out)
+    ran = run_kernel("agreement.count_signs", *arguments)
     return out if ran else None
 
 

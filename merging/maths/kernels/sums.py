@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
-from numba import float32, njit
+from numba import float32
 
 from merging.maths.kernels.scalars import change_row, kernel
 
@@ -15,10 +14,11 @@ _LANES, _STEPS = 32, 16
 """Numbers that torch adds at once, in four vectors of eight; and steps after which it begins a new sum."""
 
 
-@njit
+@kernel
 def _sum_span(row: Any, totals: Any) -> Any:
     """Return the sum of absolute values, as torch adds up a multiple of 512 numbers, up to 8,192."""
-    totals[:] = 0
+    for k in range(_LANES):
+        totals[k] = 0
     for first in range(0, len(row), _LANES * _STEPS):
         block = row[first : first + _LANES * _STEPS]
         for k in range(_LANES):
@@ -36,15 +36,16 @@ def _sum_span(row: Any, totals: Any) -> Any:
 
 
 @kernel
-def sum_magnitudes(values: Any, base: Any, out: Any) -> None:
+def sum_magnitudes(values: Any, base: Any, work: Any, out: Any) -> None:
     """Write the sums of absolute changes of each model over spans of 4,096 elements; the rest is left out.
 
     Args:
         values: the models' values, ``[n, size]``.
         base: the base's, ``[size]``, or None where ``values`` are changes.
+        work: space for 4,128 numbers, float32.
         out: receives the sums, ``[n, size // 4096]`` float32.
     """
-    own, totals = numpy.empty(4096, numpy.float32), numpy.empty(_LANES, numpy.float32)
+    own, totals = work[:4096], work[4096 : 4096 + _LANES]
     for i in range(len(out)):
         for part in range(out.shape[1]):
             change_row(values[i], base, 4096 * part, own)

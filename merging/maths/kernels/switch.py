@@ -1,21 +1,22 @@
 """When compiled kernels run instead of torch's formulas, and how they are called.
 
-A kernel is a function of a module in this folder that numba compiles at its first call, once a machine: the compiled
-code is kept on the disk. It has the bits of the torch formula next to its call, or it is not used. Nothing that happens
-to numba or to its files fails a merge: torch computes what no kernel can.
+A kernel is a function of a module in this folder that numba compiles once a machine: the compiled code is kept on the
+disk, and loaded without numba. It has the bits of the torch formula next to its call, or it is not used. Nothing that
+happens to numba or to its files fails a merge: torch computes what no kernel can.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, ClassVar
 
+from merging.maths.kernels.kept_code import any_code_kept, read_code, write_code
+from merging.maths.kernels.object_code import NativeKernel, describe_argument
 from merging.maths.lazy_torch import Tensor, torch
 
 __all__ = ["COMPILED_FROM", "SWITCH", "USED_FROM", "fuses", "kernel_types", "run_kernel", "switch_kernels", "usable"]
@@ -23,27 +24,30 @@ __all__ = ["COMPILED_FROM", "SWITCH", "USED_FROM", "fuses", "kernel_types", "run
 SWITCH = "MERGING_KERNELS"
 """The environment variable that switches kernels ``off``, or ``on`` for merges of any size."""
 
-USED_FROM = 1 << 30
-"""Bytes to read from which importing numba and loading compiled code pays, which take half a second."""
+USED_FROM = 1 << 27
+"""Bytes to read from which loading compiled code pays, which takes a few hundredths of a second."""
 
-COMPILED_FROM = 1 << 34
-"""Bytes to read from which it pays to compile a kernel for the first time."""
+COMPILED_FROM = 1 << 32
+"""Bytes to read from which it pays to import numba, and to compile a kernel for the first time."""
 
 _log = logging.getLogger(__name__)
 
 
 class _State:
-    """Whether kernels are used in this process, and whether new ones are compiled."""
+    """Whether kernels are used in this process, whether new ones are compiled, and the ones that are loaded."""
 
     used = False
     compiles = False
     failed = False
+    lock = Lock()
+    loaded: ClassVar[dict[tuple[str, ...], NativeKernel]] = {}
+    missing: ClassVar[set[tuple[str, ...]]] = set()
 
 
 def switch_kernels(nbytes: int) -> bool:
     """Use kernels from now on if a merge that reads this many bytes gains by them, and return whether they are used.
 
-    Once numba is imported, small merges of the same process gain too.
+    Once some are loaded, small merges of the same process gain too.
     """
     choice = os.environ.get(SWITCH, "").casefold()
     if choice in ("off", "0") or _State.failed or find_spec("numba") is None:
@@ -51,7 +55,7 @@ def switch_kernels(nbytes: int) -> bool:
         return False
     always = choice in ("on", "1")
     _State.compiles = always or nbytes >= COMPILED_FROM
-    _State.used = always or _State.used or nbytes >= USED_FROM
+    _State.used = _State.compiles or ((_State.used or nbytes >= USED_FROM) and any_code_kept())
     return _State.used
 
 
@@ -91,58 +95,38 @@ def run_kernel(name: str, *arguments: Any) -> bool:
 
     Args:
         name: the kernel, ``module.function`` of this folder.
-        arguments: tensors for which :func:`usable` holds, and numbers. Results are written into some of the tensors.
+        arguments: contiguous tensors on the CPU, and numbers. Results are written into some of the tensors.
     """
+    if not _State.used:
+        return False
     try:
-        kernel = _find(name)
-        if kernel is None or not (_State.compiles or kernel.signatures or _is_kept(kernel)):
-            return False
-        arrays = [_array(each) if isinstance(each, torch.Tensor) else each for each in arguments]
-        try:
-            kernel(*arrays)
-        except OSError:  # compiled, but the disk is full or read-only
-            kernel(*arrays)
+        kernel = _find(name, *map(describe_argument, arguments))
+        if kernel is not None:
+            kernel(arguments)
     except Exception as error:  # whatever a library, its files or the compiler may raise
         _State.used, _State.failed = False, True
-        _forget(name)
         _log.warning("compiled kernels are not used: %s: %s", type(error).__name__, str(error).partition("\n")[0])
         return False
-    return True
+    return kernel is not None
 
 
-@cache
-def _find(name: str) -> Any:
-    """Return a kernel, or None where it cannot be kept on the disk: to compile it in every process costs too much."""
-    module, _, function = name.partition(".")
-    try:
-        return getattr(import_module(f"merging.maths.kernels.{module}"), function)
-    except RuntimeError as error:  # numba found no folder to write to
-        _log.info("compiled kernels are not used: %s", error)
-        return None
+def _find(name: str, *signature: str) -> NativeKernel | None:
+    """Return a kernel for arguments of some types; None where it is not kept, and this process compiles none."""
+    key = (name, *signature)
+    with _State.lock:
+        if key not in _State.loaded and (_State.compiles or key not in _State.missing):
+            found = read_code(name, signature) or (_compile(name, signature) if _State.compiles else None)
+            if found is None:
+                _State.missing.add(key)
+            else:
+                _State.loaded[key] = NativeKernel(found[0], signature, found[1])
+        return _State.loaded.get(key)
 
 
-@cache
-def _is_kept(kernel: Any) -> bool:
-    """Return whether compiled code of a kernel is on the disk."""
-    return bool(_indexes(kernel))
+def _compile(name: str, signature: Sequence[str]) -> tuple[str, bytes]:
+    """Compile a kernel, and keep its object code."""
+    from merging.maths.kernels.compiling import compile_kernel
 
-
-def _indexes(kernel: Any) -> list[Path]:
-    """Return the files that list the compiled code of a kernel."""
-    code = kernel.py_func.__code__
-    stem = f"{Path(code.co_filename).stem}.{kernel.py_func.__qualname__}-{code.co_firstlineno}."
-    return list(Path(kernel.stats.cache_path).glob(f"{stem}*.nbi"))
-
-
-def _forget(name: str) -> None:
-    """Remove what is known of a kernel's compiled code, which may be damaged: the next process compiles it again."""
-    with suppress(Exception):
-        for path in _indexes(_find(name)):
-            path.unlink(missing_ok=True)
-
-
-def _array(tensor: Tensor) -> Any:
-    """Return a tensor as an array: bfloat16 as uint16, and float16 as int16, by which kernels tell them apart."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view("u2")
-    return tensor.view(torch.int16).numpy() if tensor.dtype == torch.float16 else tensor.numpy()
+    symbol, code = compile_kernel(name, signature)
+    write_code(name, signature, symbol, code)
+    return symbol, code

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
 from numba import float32
 
-from merging.maths.kernels.scalars import CHUNK, change_row, kernel, multiply_add
+from merging.maths.kernels.scalars import change_row, kernel, multiply_add
+from merging.maths.kernels.workspaces import CHUNK
 
 __all__ = ["square_selected", "write_variances"]
 
 
 @kernel
-def write_variances(values: Any, base: Any, share: Any, fused: Any, out: Any) -> None:
+def write_variances(values: Any, base: Any, share: Any, fused: Any, work: Any, out: Any) -> None:
     """Write n times the variance of each entry across the models.
 
     Args:
@@ -21,11 +21,12 @@ def write_variances(values: Any, base: Any, share: Any, fused: Any, out: Any) ->
         base: the base's, ``[size]``, or None where ``values`` are changes.
         share: 1 / n, ``[1]``.
         fused: see :func:`~merging.maths.kernels.switch.fuses`.
+        work: space, ``[n + 1, CHUNK]`` float32.
         out: receives the result, ``[size]`` float32.
     """
     n, size = values.shape
     part = share[0]
-    changes, mean = numpy.empty((n, CHUNK), numpy.float32), numpy.empty(CHUNK, numpy.float32)
+    changes, mean = work[:n], work[n]
     for first in range(0, size, CHUNK):
         count = min(CHUNK, size - first)
         total, origin = out[first : first + count], changes[0, :count]

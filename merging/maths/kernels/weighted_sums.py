@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from merging.maths.kernels.switch import fuses, run_kernel, usable
+from merging.maths.kernels.workspaces import make_workspace
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.stored_values import StoredValues
 
@@ -20,5 +21,5 @@ def add_weighted(stored: StoredValues, weights: Sequence[Any]) -> Tensor | None:
     if not bool(numbers.isfinite().all()):
         return None
     out = torch.empty(stored.values.shape[1], dtype=torch.float32)
-    arguments = (stored.values, stored.base, numbers, fuses(), out)
+    arguments = (stored.values, stored.base, numbers, fuses(), make_workspace(1), out)
     return out.view(stored.shape) if run_kernel("combine.add_weighted", *arguments) else None
