@@ -55,7 +55,8 @@ class RunCheckpoint:
             )
         if written.is_file() and resume:
             earlier = read_json(written, LIST_LIMIT)
-            changed = sorted(key for key in plan.keys() | earlier.keys() if plan.get(key) != earlier.get(key))
+            # an earlier version may not have kept every fact
+            changed = sorted(key for key, value in earlier.items() if plan.get(key) != value)
             if changed:
                 raise OptionError(
                     f"{folder}: the run to resume had another {', '.join(changed)}: give the same again, or start over "

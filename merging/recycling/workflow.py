@@ -246,9 +246,14 @@ def _plan(settings: Settings, base: str, parts: Split, pool: Sequence[AdapterRef
         contents = json.dumps([each.content for each in examples])
         return hashlib.sha256(contents.encode()).hexdigest()[:16]
 
+    def size(path: Path) -> int:
+        files = path.glob("*") if path.is_dir() else [path] if path.is_file() else []
+        return sum(file.stat().st_size for file in files if file.is_file())
+
+    sizes = {each.path: size(Path(each.path)) for each in pool}
     examples = {name: digest(getattr(parts, name)) for name in ("train", "valid", "test")}
     plain = json.loads(settings.model_dump_json())
-    states = {"base": input_states([base]), "pool": input_states(each.path for each in pool)}
+    states = {"base": base, "pool": sizes, "state of the models": input_states([base, *sizes])}
     return {"version": __version__, **states, **examples, **plain}
 
 

@@ -22,6 +22,7 @@ SOURCES = sorted((ROOT / "merging").rglob("*.py"))
 PRINTING = {
     "merging/hub/client.py": "asks whether stderr is a terminal, for the bars of huggingface_hub",
     "merging/display/progress.py": "the bar that progress=True asks for",
+    "merging/soups/scoring.py": "reads the output of a user's command",
 }
 """Files that name a standard stream, with the reason."""
 

@@ -289,7 +289,7 @@ def test_commands_that_do_not_score(code: str, message: str, run: Path, tmp_path
 
 def test_a_command_that_is_not_there(run: Path, tmp_path: Path) -> None:
     assert "no-such-program" in refused("soup", run, "--score", "no-such-program", "-o", tmp_path / "soup")
-    with pytest.raises(MergingError, match=r"the function returned None for .*checkpoint-500"):
+    with pytest.raises(MergingError, match=r"for .*checkpoint-500 the function returned None"):
         merging.soup(run, output=tmp_path / "soup", score=lambda path: None)  # type: ignore[arg-type,return-value]
 
 
