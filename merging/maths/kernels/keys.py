@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import int32, int64, uint32
+from numba import int32, int64, njit, uint32
 
 from merging.maths.kernels.scalars import bits_of, change_row, kernel
 from merging.maths.kernels.workspaces import CHUNK
 
 __all__ = ["gather_keys"]
+
+
+_BLOCK = 64
+"""Keys that are taken one by one if any of them is in the range: a divisor of CHUNK."""
+
+
+@njit(inline="always")
+def _select(keys: Any, low: Any, last: Any, out: Any) -> None:
+    """Write the keys of a chunk from ``low`` on that are at most ``last`` greater."""
+    place = 0
+    for first in range(0, CHUNK, _BLOCK):
+        inside = int32(0)
+        for j in range(_BLOCK):
+            inside = int32(inside + int32(uint32(keys[first + j] - low) <= last))
+        if inside > 0:
+            for j in range(_BLOCK):
+                out[place] = keys[first + j]
+                place += int64(uint32(keys[first + j] - low) <= last)
 
 
 @kernel
@@ -54,22 +72,19 @@ def gather_keys(
         for j in range(count):
             bits = int32(bits_of(own[j]))
             key = int32(bits & int32(0x7FFFFFFF))
-            greatest = max(greatest, key)
+            greatest = int32(max(greatest, key))
             if not magnitudes:
                 sign = int32(bits >> int32(31))
                 key = int32((key ^ sign) - sign)
             keys[j] = key
-            below += int32(key < low)
-            inside += int32(uint32(key - low) <= last)
-            nonpositive += int32(key <= 0)
+            below = int32(below + int32(key < low))
+            inside = int32(inside + int32(uint32(key - low) <= last))
+            nonpositive = int32(nonpositive + int32(key <= 0))
         if inside > 0:
             if len(counts) == 0 and out[2] + inside > len(listed):
                 out[0] = first
                 return
-            place = 0
-            for j in range(count):
-                found[place] = keys[j]
-                place += int64(uint32(keys[j] - low) <= last)
+            _select(keys, low, last, found)  # keys of a former chunk, beyond the end, come last
             least, most = out[3], out[4]
             for j in range(inside):
                 least, most = min(least, int64(found[j])), max(most, int64(found[j]))

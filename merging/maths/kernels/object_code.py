@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from merging.maths.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import torch
 
 __all__ = ["NativeKernel", "argument_kinds", "assemble", "describe_argument", "describe_machine"]
 
 _DONE = (0, -2)
 """Codes with which numba's functions return that raise nothing: a value, and None."""
+
+_PLAIN = {type(None): "none", bool: "int", int: "int", float: "float"}
+"""Arguments of kernels that are no tensors. They are told apart by their types, as a merge calls kernels many times."""
 
 
 def describe_argument(argument: Any) -> str:
@@ -23,13 +26,12 @@ def describe_argument(argument: Any) -> str:
     Raises:
         ValueError: for a tensor that is not contiguous, as kernels take it to be.
     """
-    if isinstance(argument, Tensor):
-        if not argument.is_contiguous():
-            raise ValueError(f"a tensor {tuple(argument.shape)} is not contiguous")
-        return f"{_codes()[argument.dtype]}.{argument.dim()}"
-    if argument is None:
-        return "none"
-    return "float" if isinstance(argument, float) else "int"
+    plain = _PLAIN.get(type(argument))
+    if plain is not None:
+        return plain
+    if not argument.is_contiguous():
+        raise ValueError(f"a tensor {tuple(argument.shape)} is not contiguous")
+    return f"{_codes()[argument.dtype]}.{argument.dim()}"
 
 
 @cache
@@ -63,7 +65,7 @@ def argument_kinds(signature: Sequence[str]) -> list[str]:
 
 def _flatten(argument: Any) -> tuple[Any, ...]:
     """Return the machine's arguments for one argument of a kernel; tensors are contiguous."""
-    if not isinstance(argument, Tensor):
+    if type(argument) in _PLAIN:
         return (argument,)
     size = argument.element_size()
     strides = (size * each for each in argument.stride())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from merging.maths.coefficients import number
@@ -38,7 +39,13 @@ def numbers_of(*values: Any) -> Tensor | None:
 
     For arguments of kernels: a tensor's :meth:`numpy` is one of them without being copied.
     """
-    numbers = torch.tensor([number(each) for each in values], dtype=torch.float64).float()
+    return _numbers(tuple(map(number, values)))
+
+
+@lru_cache(maxsize=64)
+def _numbers(values: tuple[float, ...]) -> Tensor | None:
+    """Return numbers as a tensor that no kernel writes to: each tile of a merge has the same ones."""
+    numbers = torch.tensor(values, dtype=torch.float64).float()
     return numbers if bool(numbers.isfinite().all()) else None
 
 
