@@ -15,7 +15,7 @@ _DONE = (0, -2)
 """Codes with which numba's functions return that raise nothing: a value, and None."""
 
 _PLAIN = {type(None): "none", bool: "int", int: "int", float: "float"}
-"""Arguments of kernels that are no tensors. They are told apart by their types, as a merge calls kernels many times."""
+"""Arguments of kernels that are no tensors. A look at their types alone is quick, and there are many calls."""
 
 
 def describe_argument(argument: Any) -> str:
