@@ -115,10 +115,11 @@ def test_merges_of_factors_scale(name: str) -> None:
             assert close(merged(scaled, method, **options).double() / factor, wanted, 2e-5)
 
 
+@pytest.mark.parametrize("ranks", [(2, 3, 2), (0, 0, 0)])
 @pytest.mark.parametrize("name", [*LOW, "sce", "ram", "ties"])
-def test_factors_of_zero(name: str) -> None:
+def test_factors_of_zero(name: str, ranks: tuple[int, ...]) -> None:
     method, options, _ = LOW.get(name, (name, {}, None))
-    adapters = [{Q: low((0 * up, down))} for up, down in pairs(20, 31, (2, 3, 2))]
+    adapters = [{Q: low((0 * up, down))} for up, down in pairs(20, 31, ranks)]
     assert not merged(adapters, method, **options).any()
 
 
