@@ -45,7 +45,8 @@ class Esm(FromInputs):
     Departures from the released code (kiddo127/ESM): by default it polarizes by an exponent of 2 for images, and its
     step over models and columns is left out for texts, as it is here. Its third step, by the layer's own size, is left
     out. It takes m / n directions, and TSV of matrices without statistics. Directions whose eigenvalue is below 1e-10
-    of the largest are rounding, and are left out; models with a weight of 0 too.
+    of the largest are rounding, and are left out; models with a weight of 0 too. Its function for one matrix gives the
+    same on random changes (within 6e-15).
 
     On adapters it is exact, and the rank is at most the sum of the ranks. On full checkpoints it takes n eigenvalue
     problems of a matrix's outputs and two of its shorter side, with one matrix in memory at a time.
