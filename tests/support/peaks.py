@@ -29,8 +29,11 @@ class Peak:
 
 _SCRIPT = """
 import json, resource, sys, threading
+from contextlib import suppress
 from pathlib import Path
 import torch  # which plans do without
+with suppress(ImportError):
+    import llvmlite.binding  # for compiled kernels, where any are kept
 from merging import preview
 from merging.api.merge_files import merge_plan, workers_within
 
