@@ -14,7 +14,7 @@ from merging.testing import check_method
 
 
 @pytest.mark.parametrize(
-    "method", ["linear", "ties", "slerp", "opcm", "dare+magmax", "lines+arcee_fusion", "knots+ties"]
+    "method", ["linear", "ties", "slerp", "opcm", "dare+magmax", "lines+arcee_fusion", "knots+ties", "larv"]
 )
 def test_shipped_methods_pass(method: str) -> None:
     check_method(method)
