@@ -34,6 +34,9 @@ RELATED = 0.1
 UNEQUAL = 3.0
 """The ratio of the largest norm to the smallest from which a sum is mostly one model."""
 
+TSV_OF_ADAPTERS = 1.35
+"""TSV's scale for adapters, times the root of their number: 0.6 is the best one for five on the benchmark."""
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Suggestion(Displayed):
@@ -85,6 +88,11 @@ class _Relations:
         spread = 1 + (self.count - 1) * max(self.cosine, 0.0)
         return round(1 / sqrt(self.count * spread), 2)
 
+    @property
+    def tsv_scale(self) -> float:
+        """The scale of TSV: the more adapters, the more their parts add up to."""
+        return round(TSV_OF_ADAPTERS / sqrt(self.count), 2) if self.adapters else 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
@@ -128,7 +136,7 @@ _RULES = (
     _Rule(
         lambda found: found.ratio >= UNEQUAL,
         "decouple+tsv",
-        lambda found: {"scale": 0.6 if found.adapters else 1.0},
+        lambda found: {"scale": found.tsv_scale},
         "decouple+tsv:scale=0.4..2",
         "they are at right angles and of very different sizes: sizes are made equal, then leading directions merged",
         f"accuracy decouple+tsv {FULL['decouple+tsv (chosen on validation)']}, of full fine-tunes of one size",
@@ -136,7 +144,7 @@ _RULES = (
     _Rule(
         lambda found: found.adapters,
         "tsv",
-        lambda _: {"scale": 0.6},
+        lambda found: {"scale": found.tsv_scale},
         "tsv:scale=0.4..1.4",
         "they are at right angles, as tasks of their own: leading directions of each keep out of the others' way",
         f"accuracy tsv {LORA['tsv']}, task_arithmetic {LORA['task arithmetic']}, linear {LORA['average']}, each alone "
@@ -145,7 +153,7 @@ _RULES = (
     _Rule(
         lambda _: True,
         "tsv",
-        lambda _: {"scale": 1.0},
+        lambda found: {"scale": found.tsv_scale},
         "tsv:scale=0.6..2",
         "they are at right angles, as tasks of their own: leading directions of each keep out of the others' way",
         f"accuracy tsv {FULL['tsv']}, ties {FULL['ties']}, task_arithmetic {FULL['task arithmetic']}, linear "

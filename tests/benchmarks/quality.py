@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from quality_entries import CHAINS, KINDS, METHODS, REFERENCE
-from quality_models import LONGER, RAISED, RANK, Judge, Models
+from quality_models import LONGER, RANK, Judge, Models
 from quality_trials import compare, show
 from speed import table
 from tasks import DATA, MORE, TASKS
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=titles, default=titles, help=f"only these, and {REFERENCE}")
     parser.add_argument("--steps", type=int, default=400, help="training steps of 16 texts")
     parser.add_argument("--rank", type=int, default=RANK, help="rank of the LoRAs (%(default)s)")
-    larger = f"train this task's model {LONGER} times as many steps at {RAISED} times the rate"
+    larger = f"train this task's model {LONGER} times as many steps"
     parser.add_argument("--unequal", metavar="TASK", help=larger)
     parser.add_argument("--texts", type=int, default=500, help="test texts a task")
     parser.add_argument("--valid", type=int, default=200, help="validation texts a task")

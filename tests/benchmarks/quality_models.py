@@ -27,12 +27,13 @@ from tasks import MORE, TASKS, Task, load_task
 import merging
 from merging.statistics.writing import GatheredLayers
 
-__all__ = ["LONGER", "LORA", "RAISED", "RANK", "RATES", "Judge", "Models", "trained"]
+__all__ = ["LONGER", "LORA", "RANK", "RATES", "Judge", "Models", "trained"]
 
 RATES = {"full": 6e-5, "lora": 1e-3}
 LINEARS = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"  # all six of each layer, and not the unused pooler
 RANK = 16
-LONGER, RAISED = 4, 3  # a model that outweighs the others: times as many steps, and times their rate
+LONGER = 10  # a model that outweighs the others: times as many steps
+SEED = 11  # the first one of further models of a task
 ORDERS = 3  # what depends on the order of the models is averaged over this many
 
 
@@ -45,7 +46,7 @@ LORA = lora_config(RANK)
 
 
 def trained(
-    kind: str, task: Task, head: Head, steps: int, rate: float = 0.0, seed: int = 0, rank: int = RANK
+    kind: str, task: Task, head: Head, steps: int, rate: float = 0.0, seed: int = 0, *, rank: int = RANK
 ) -> Weights:
     """The weights of a new fine-tune that differ from the base's, or the factors of a new LoRA, from a fixed seed."""
     start = time.perf_counter()
@@ -124,23 +125,31 @@ class Models:
         judge: Its tasks are those of the models.
         steps: Steps of training.
         rank: Rank of the LoRAs.
-        unequal: A task whose model is trained LONGER times as many steps at RAISED times the rate.
+        unequal: A task whose model is trained LONGER times as many steps.
+        seeds: Models of each task, which differ by their seeds.
     """
 
-    def __init__(self, kind: str, judge: Judge, steps: int, *, rank: int = RANK, unequal: str = "") -> None:
-        self.kind, self._judge = kind, judge
-        self._gathered: dict[int, list[GatheredLayers]] = {}
+    def __init__(
+        self, kind: str, judge: Judge, steps: int, *, rank: int = RANK, unequal: str = "", seeds: int = 1
+    ) -> None:
         found = []
         for name, task in judge.tasks.items():
-            longer, raised = (LONGER, RAISED) if name == unequal else (1, 1)
-            rate = RATES[kind] * raised if raised > 1 else 0.0
-            folder = f"{kind}-{steps * longer}" + (f"-rate{rate:g}" if rate else "")
-            folder += f"-rank{rank}" if kind == "lora" and rank != RANK else ""
-            make = partial(trained, kind, task, judge.heads[name], steps * longer, rate, rank=rank)
+            own_steps = steps * LONGER if name == unequal else steps
+            folder = f"{kind}-{own_steps}" + (f"-rank{rank}" if kind == "lora" and rank != RANK else "")
+            make = partial(trained, kind, task, judge.heads[name], own_steps, rank=rank)
             found.append(remembered(judge.work / folder / f"{name}.safetensors", make))
+            found += [
+                remembered(judge.work / folder / f"{name}-seed{seed}.safetensors", partial(make, seed=seed))
+                for seed in range(SEED, SEED + seeds - 1)
+            ]
+        self._take(kind, judge, found, lora_config(rank))
+
+    def _take(self, kind: str, judge: Judge, found: Sequence[Weights], config: Mapping[str, Any]) -> None:
+        self.kind, self.states, self._judge = kind, found, judge
+        self.config = {"peft_type": "LORA", **config} if kind == "lora" else None
+        self._gathered: dict[int, list[GatheredLayers]] = {}
         # What no fine-tune touches (the embedding table, the pooler) takes no part in the merge.
-        config = {"peft_type": "LORA", **lora_config(rank)}
-        self.deltas = [merging.peft_deltas(state, config) for state in found] if kind == "lora" else []
+        self.deltas = [merging.peft_deltas(state, self.config) for state in found] if self.config else []
         touched = {name for state in self.deltas or found for name in state}
         self.base = {name: tensor for name, tensor in judge.base.items() if name in touched}
         self.each = [self._add(delta) for delta in self.deltas] or [self.base | state for state in found]

@@ -65,10 +65,10 @@ def test_adapters_by_the_command() -> None:
     done = CliRunner().invoke(cli, ["suggest", *words, words[0]])
     assert done.exit_code == 0, done.output
     first, *lines = done.stdout.splitlines()
-    assert first == f"merge --method tsv --scale 0.6 {' '.join(words)}", "without the repeat"
+    assert first == f"merge --method tsv --scale 0.68 {' '.join(words)}", "without the repeat"
     assert lines[0].startswith("leave out:")
     said = json.loads(CliRunner().invoke(cli, ["suggest", *words, "--json"]).stdout)
-    assert (said["chain"], said["parameters"], said["models"]) == ("tsv", {"scale": 0.6}, words)
+    assert (said["chain"], said["parameters"], said["models"]) == ("tsv", {"scale": 0.68}, words)
 
 
 @pytest.mark.parametrize(("value", "message"), [(0.0, "changes nothing"), (nan, "holds NaN")])
